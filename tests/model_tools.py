@@ -530,14 +530,14 @@ def recorded_logits(engine: InferenceEngine, *, every_position: bool) -> Iterato
         items[:] = scheduled
         return launch(scheduled, tables)
 
-    def recording(ids: torch.Tensor, attention: Any) -> torch.Tensor:
+    def recording(ids: torch.Tensor, attention: Any, needed: torch.Tensor | None = None) -> torch.Tensor:
         hidden = forward(ids, attention)
         (item,) = items
         rows = hidden if every_position else hidden[-1:]
         first = item.start + item.num_new - len(rows)
         for offset, row in enumerate(model.logits(rows)):
             logits[first + offset] = row.clone()
-        return hidden
+        return hidden if needed is None else hidden[needed]
 
     device.forward, model.forward = noting_items, recording  # type: ignore[method-assign]
     try:
