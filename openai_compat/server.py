@@ -26,6 +26,7 @@ from microvllm.openai_compat.metrics import log_stats
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.transport.lifecycle import Lifecycle
 from microvllm.openai_compat.transport.listen import (
+    HANDSHAKE_DEADLINE_S,
     RenewableContext,
     address_of,
     bind_socket,
@@ -46,7 +47,6 @@ logger = logging.getLogger("microvllm.server")
 
 T = TypeVar("T")
 
-HANDSHAKE_DEADLINE_S = 30.0
 MAX_CONNECTIONS = 16_384
 RESERVED_FILES = 256  # open files that are no connections of clients
 # Lines of uvicorn that need no key.

@@ -20,6 +20,7 @@ from microvllm.openai_compat.parsers.schema import (
     options_of,
     refers,
     types_of,
+    types_told,
 )
 from microvllm.openai_compat.parsers.strict import unenforced_list, ways_of
 from microvllm.runtime.errors import InvalidRequestError
@@ -252,9 +253,12 @@ def values(function: Function, argument: Argument, *, marked: bool = False) -> l
     if not argument.is_text:
         return [(False, schema_value(argument.schema))]
     ways = ways_of(options_of(argument.schema, argument.schema), argument.read_as, marked=marked)
-    if function.strict and ways.problem is not None:
+    if not function.strict and (not ways.texts or any(types_told(part) != ["null"] for part in ways.others)):
+        return [(True, {"type": "any_text"})]
+    problem = ways.problem or (None if ways.texts is None or ways.texts or ways.others else "enum")
+    if function.strict and problem is not None:
         raise InvalidRequestError(
-            f"The format of the model's calls cannot enforce `{ways.problem}` of the argument "
+            f"The format of the model's calls cannot enforce `{problem}` of the argument "
             f"{argument.key!r:.100} of the strict function {function.name!r}.",
             "tools",
         )

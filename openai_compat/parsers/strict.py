@@ -30,6 +30,8 @@ MAY_BE_EMPTY = frozenset(
         "dependentSchemas",
     )
 )
+# Keywords by which a schema without a type may leave out values of one.
+UNTOLD = {"allOf", "not", "if", "$ref", "$dynamicRef", "$recursiveRef"}
 OTHERS = [kind for kind in OF_TYPE if kind != "string"]
 BRACKETS = {"array": "[", "object": "{"}  # by which a text shows that it is such a value
 # What `str.strip` takes away, in a pattern's brackets.
@@ -72,6 +74,9 @@ def ways_of(options: Sequence[dict[str, Any]], read_as: frozenset[str], *, marke
 
     `read_as` are the types that `typed` gives a text, unless the format is one in which strings are `marked`.
     """
+    for option in options:
+        if not option.keys() & {"type", "enum", "const"} and (untold := option.keys() & UNTOLD):
+            return Ways(None, "", [], min(untold))
     strings = [part for option in options for part in _of_types(option, ("string",))]
     others = [part for option in options for part in _of_types(option, OTHERS)]
     problem = _not_told_apart(strings, others) if any("oneOf" in option for option in options) else None

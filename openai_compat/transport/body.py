@@ -109,7 +109,8 @@ class BodyReader:
         bodies together take too much memory, or `ClientGoneError` if the client left while sending.
         """
         codings = ",".join(request.headers.getlist("content-encoding"))
-        if any(coding.strip().lower() not in ("", "identity") for coding in codings.split(",")):
+        # Some clients name the charset here, which vLLM takes: nothing is encoded.
+        if any(c.strip().lower() not in ("", "identity", "utf-8", "utf8") for c in codings.split(",")):
             raise ContentEncodingError(
                 f"Content-Encoding: {clip(codings)} is not supported; send the body uncompressed."
             )

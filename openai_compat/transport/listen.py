@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 import stat
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from microvllm.runtime.errors import ConfigError, reason_of
 logger = logging.getLogger("microvllm.server")
 
 REFRESH_INTERVAL_S = 10.0
+HANDSHAKE_DEADLINE_S = 30.0
 TAKEN_REMEDY = "end what listens there, or choose another address with --port and --host"
 
 
@@ -99,11 +101,11 @@ def address_of(args: ServerArgs) -> str:
 class _Handshake(ssl.SSLObject):
     """One connection, counted until its handshake is complete or the event loop has dropped it."""
 
-    counted: weakref.WeakSet[_Handshake]
+    counted: weakref.WeakKeyDictionary[_Handshake, float]
 
     def do_handshake(self) -> None:
         super().do_handshake()  # raises as long as the client has to send more
-        self.counted.discard(self)
+        self.counted.pop(self, None)
 
 
 class RenewableContext(ssl.SSLContext):
@@ -119,15 +121,20 @@ class RenewableContext(ssl.SSLContext):
     room: Callable[[], int] | None = None
 
     def __init__(self, _: int) -> None:
-        self._handshakes: weakref.WeakSet[_Handshake] = weakref.WeakSet()
+        self._handshakes: weakref.WeakKeyDictionary[_Handshake, float] = weakref.WeakKeyDictionary()
 
     def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
         """Begin a connection, as event loops do, which close it at once on an `OSError`."""
         if self.room is not None and len(self._handshakes) >= self.room():
-            raise ConnectionRefusedError("too many connections")
+            # Of one that failed asyncio itself keeps the objects, in a cycle, until garbage is looked for.
+            ended = time.monotonic() - HANDSHAKE_DEADLINE_S
+            for each in [each for each, begun_at in self._handshakes.items() if begun_at < ended]:
+                del self._handshakes[each]
+            if len(self._handshakes) >= self.room():
+                raise ConnectionRefusedError("too many connections")
         begun: Any = (self.latest.wrap_bio if self.latest else super().wrap_bio)(*args, **kwargs)
         begun.counted = self._handshakes
-        self._handshakes.add(begun)
+        self._handshakes[begun] = time.monotonic()
         return begun  # type: ignore[no-any-return]
 
 

@@ -51,7 +51,7 @@ def audit(
     held = Counter(block for block, _ in holds)
     parts = [*pool.free, *pool.cached, *held]
     counted = {block: count for block, count in enumerate(pool.refcount) if count}
-    require(counted == held, "a refcount is wrong")
+    require(counted == held and len(pool.refcount) == pool.num_blocks, "a refcount is wrong")
     require(sorted(parts) == list(range(pool.num_blocks)), "free, cached and referenced do not partition")
     require(len(set(holds)) == len(held), "two groups hold a block")
     for group, blocks, first, num_tokens, num_full in rows:

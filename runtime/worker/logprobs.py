@@ -137,7 +137,7 @@ def needed_rows(items: Sequence[ScheduledRequest], spec: ModelSpec) -> Tensor | 
     """
     if spec.pooling is not None or all(item.num_new == 1 for item in items):
         return None
-    if any(item.request.params.prompt_logprobs is not None for item in items):
+    if any(item.request.params.prompt_logprobs is not None or item.num_draft_tokens for item in items):
         return None
     ends = np.cumsum([item.num_new for item in items]) - 1
     return torch.from_numpy(ends[[item.samples for item in items]])

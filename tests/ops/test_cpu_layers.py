@@ -98,7 +98,7 @@ def test_one_call_gives_what_the_operators_give(
 ) -> None:
     if not decodes and not prompts:
         decodes = [1]
-    segments = [(length, length) for length in prompts]
+    segments = [(length, length + seed % 23) for length in prompts]
     case = Case(
         AttentionShape(3, *heads, 8 if dtype else 32),
         4,

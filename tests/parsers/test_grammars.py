@@ -373,6 +373,31 @@ def test_a_strict_text_is_no_other_argument(name: str, text: str) -> None:
     assert matcher.validate_tokens(written) < len(written)
 
 
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [("qwen3_coder", "\n</parameter>\n"), ("deepseek_v4", "</｜DSML｜parameter>\n")],
+    ids=["qwen3_coder", "deepseek_v4"],
+)
+def test_an_argument_that_is_not_strict_refuses_no_call(name: str, ends: str) -> None:
+    """Its text may be any; what the grammars of JSON do not take is not asked of them."""
+    schemas: list[dict[str, Any]] = [
+        {"allOf": [{"$ref": "#/$defs/text"}, {"description": "a name"}]},
+        {"allOf": [TEXT, {"minLength": 1}]},
+        {"not": {"type": "null"}},
+        {"if": TEXT, "then": {"minLength": 2}},
+        {"$ref": "#/$defs/gone"},
+        {"anyOf": [TEXT, {"type": "array", "uniqueItems": True, "items": TEXT}]},
+        {"type": ["string", "null"], "not": {"const": ""}},
+        {"type": ["string", "boolean"], "enum": ["true", "false"]},
+        {"enum": []},
+    ]
+    for schema in schemas:
+        parameters = {"properties": {"v": schema}, "required": ["v"], "$defs": {"text": TEXT}}
+        made = tool_grammar(TOOL_FORMATS[name], [Function("f", parameters)], "required", parallel=False)
+        assert made is not None
+        assert walk(made, [], 0, "", ends).count(ends) == 1, schema
+
+
 def test_a_strict_union_where_tags_tell_texts() -> None:
     """`string="true"` is what the model means, also of a text that looks like another value."""
     schema = {"type": ["string", "integer", "array"], "minimum": 5, "items": TEXT}

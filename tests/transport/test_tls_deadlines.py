@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from microvllm.openai_compat import server
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.openai_compat.transport import protocol
+from microvllm.openai_compat.transport import listen, protocol
 from microvllm.openai_compat.transport.listen import tls_context
 
 TLS = Path(__file__).parent.parent / "data" / "tls"
@@ -116,6 +117,19 @@ def test_a_client_that_never_answers_close_notify_is_ended(lost: threading.Event
 
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_a_handshake_counts_until_its_deadline_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio's own loop keeps the objects of one that failed."""
+    context: Any = tls_context(ServerArgs(ssl_certfile=str(CERT), ssl_keyfile=str(KEY)))
+    context.room = lambda: 1
+    begin = partial(context.wrap_bio, ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)
+    kept = [begin()]
+    with pytest.raises(ConnectionRefusedError):
+        begin()
+    monkeypatch.setattr(listen, "HANDSHAKE_DEADLINE_S", -1.0)
+    kept.append(begin())
+    assert len(context._handshakes) == 1
 
 
 def test_handshakes_count_among_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
