@@ -149,7 +149,7 @@ def test_handshakes_count_among_the_connections(monkeypatch: pytest.MonkeyPatch)
                 sock = stack.enter_context(asking.wrap_socket(sock, server_hostname="localhost"))
             sock.sendall(HEALTH)
             return sock.recv(12)
-        except (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError):
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError, BrokenPipeError):
             return b""
 
     gc.disable()
