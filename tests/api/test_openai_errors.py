@@ -85,6 +85,7 @@ async def test_a_body_in_another_encoding_is_called_that(encoding: str) -> None:
         (["zstd" * 100], 415),
         (["identity"], 200),
         (["", " Identity , identity"], 200),
+        (["UTF-8"], 200),
     ],
 )
 async def test_compressed_bodies_are_refused_by_the_name_of_the_header(

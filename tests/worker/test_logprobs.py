@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microvllm.runtime.request import EngineRequest, SamplingParams
-from microvllm.runtime.worker.logprobs import LogprobRequest, log_probabilities
+from microvllm.runtime.worker.logprobs import LogprobRequest, log_probabilities, needed_rows
 from microvllm.runtime.worker.sampler import Sampler
 
 VOCAB = 12
@@ -65,3 +66,32 @@ def test_the_modes(mode: str) -> None:
         assert best.token_ids == [2, 1, 2]
     expected = shown.log_softmax(-1) if mode.endswith("logprobs") else shown
     assert [found[token] for token in range(4)] == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize(
+    ("pooling", "changes", "expected"),
+    [
+        (None, {}, [0, 4]),  # a decode, a chunk of a prompt that does not end, and one that does
+        (None, {"prompt_logprobs": 0}, None),
+        (None, {"num_draft_tokens": 2}, None),
+        (None, {"num_new": 1}, None),
+        ("mean", {}, None),
+    ],
+)
+def test_rows_whose_hidden_states_a_step_needs(
+    pooling: str | None, changes: dict[str, int], expected: list[int] | None
+) -> None:
+    def item(num_new: int, samples: bool, drafts: int = 0, logprobs: int | None = None) -> Any:
+        params = SimpleNamespace(prompt_logprobs=logprobs)
+        return SimpleNamespace(
+            num_new=num_new,
+            samples=samples,
+            num_draft_tokens=drafts,
+            request=SimpleNamespace(params=params),
+        )
+
+    num_new = changes.get("num_new", 2)
+    last = item(num_new, True, changes.get("num_draft_tokens", 0), changes.get("prompt_logprobs"))
+    items = [item(1, True), item(num_new, False), last]
+    rows = needed_rows(items, SimpleNamespace(pooling=pooling))  # type: ignore[arg-type]
+    assert (None if rows is None else rows.tolist()) == expected
